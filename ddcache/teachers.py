@@ -17,6 +17,7 @@ from ddcache.config import Factory, TapConfig, TeacherConfig
 from ddcache.errors import ConfigError, TeacherError
 
 ModelInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+Preprocess = Callable[[dict[str, Tensor]], ModelInputs]
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,14 @@ class FrozenModel:
         module: the frozen module.
         preprocess: turns the source's inputs (name -> tensor, batch first) into the module's arguments: a tensor,
             a tuple, or a mapping of keyword arguments. It runs on a background thread. None passes those of the
-            source's inputs that the module's `forward` names.
+            source's inputs that the module's `forward` names. A teacher with taps of several row domains may give a
+            mapping from a tap's `keyed_by` tuple to such a callable; `()` is the domain of one row a sample.
         facts: whatever `preprocess` depends on (sizes, tokenizer, digests of look-up tables), as JSON values. It is
             part of the fingerprint: change the preprocessing, change the facts.
     """
 
     module: nn.Module
-    preprocess: Callable[[dict[str, Tensor]], ModelInputs] | None = None
+    preprocess: Preprocess | Mapping[tuple[str, ...], Preprocess] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -45,11 +47,34 @@ class Teacher:
     config: TeacherConfig
     model: FrozenModel
 
-    def inputs(self, batch: dict[str, Tensor]) -> ModelInputs:
-        """Return the module's arguments for the source's inputs of one batch."""
-        if self.model.preprocess is not None:
-            return self.model.preprocess(batch)
-        return accepted_inputs(self.model.module, batch, f"teacher {self.name!r}")
+    def inputs(self, batch: dict[str, Tensor], keyed_by: tuple[str, ...] = ()) -> ModelInputs:
+        """Return the module's arguments for the source's inputs of one batch.
+
+        Args:
+            batch: the source's inputs, by name.
+            keyed_by: the row domain that the batch belongs to.
+
+        Raises:
+            ConfigError: the module needs an input that the source does not give, or there is no preprocessing for
+                this domain.
+            TeacherError: the preprocessing raised.
+        """
+        preprocess = self.model.preprocess
+        if isinstance(preprocess, Mapping):
+            if keyed_by not in preprocess:
+                raise ConfigError(
+                    f"teachers.{self.name}: a tap is keyed by {list(keyed_by)}, but the factory gives preprocessing "
+                    f"for {[list(k) for k in preprocess]} only"
+                )
+            preprocess = preprocess[keyed_by]
+        if preprocess is None:
+            return accepted_inputs(self.model.module, batch, f"teacher {self.name!r}")
+        try:
+            return preprocess(batch)
+        except Exception as error:
+            raise TeacherError(
+                f"teacher {self.name!r}: preprocessing raised {type(error).__name__}: {error}"
+            ) from error
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what the features of this teacher depend on, taps aside, as JSON values."""
@@ -157,7 +182,7 @@ def capture(module: nn.Module, names: set[str]) -> Iterator[dict[str, Any]]:
 
 def find_module(module: nn.Module, name: str, where: str) -> nn.Module:
     """Return the submodule of this name ('' is the module itself), or raise `ConfigError` with the nearest names."""
-    modules = dict(module.named_modules())
+    modules: dict[str, nn.Module] = dict(module.named_modules())
     if name in modules:
         return modules[name]
     names = [n for n in modules if n]

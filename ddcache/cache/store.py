@@ -1,0 +1,119 @@
+"""Where the bytes of a cache lie: a local folder, written atomically."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ddcache.errors import CacheError
+
+_TEMPORARY = ".tmp"
+_LOCK = ".lock"
+
+
+class LocalStore:
+    """Keys such as `teachers/cnn/zarr.json` under a root folder.
+
+    Keys are built from checked names only. A key holds either nothing or all of the bytes of one `put`: they go to a
+    temporary file, are flushed to the disk, and are renamed.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, key: str) -> Path:
+        """Return the file of a key, which need not exist."""
+        return self.root / key
+
+    def exists(self, key: str) -> bool:
+        """Return whether the key holds bytes."""
+        return self.path(key).is_file()
+
+    def get(self, key: str) -> bytes:
+        """Return the bytes of a key.
+
+        Raises:
+            CacheError: there is no such key, or it cannot be read.
+        """
+        try:
+            return self.path(key).read_bytes()
+        except OSError as error:
+            raise CacheError(f"cannot read {key} of the cache {self.root}: {error.strerror}") from error
+
+    def put(self, key: str, data: bytes | npt.NDArray[np.uint8]) -> None:
+        """Set the bytes of a key, all or nothing, on the disk when this returns.
+
+        Raises:
+            CacheError: the disk is full, the folder is read-only, or the like; the key is as it was.
+        """
+        target = self.path(key)
+        temporary = self.root / _TEMPORARY / key.replace("/", "~")
+        try:
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(data.data if isinstance(data, np.ndarray) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+            _sync_folder(target.parent)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise CacheError(
+                f"cannot write {key} of the cache {self.root}: {error.strerror}; what was committed before is safe, "
+                f"and the same command goes on from there"
+            ) from error
+
+    def list(self, prefix: str) -> list[str]:
+        """Return the names of the files directly in the folder `prefix`, sorted."""
+        folder = self.path(prefix)
+        return sorted(entry.name for entry in folder.iterdir() if entry.is_file()) if folder.is_dir() else []
+
+    def delete(self, prefix: str) -> None:
+        """Remove a key, or a folder with all in it, its `zarr.json` first so that no rest looks complete."""
+        target = self.path(prefix)
+        if target.is_dir():
+            (target / "zarr.json").unlink(missing_ok=True)
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from writing this cache; a killed process lets go of it by itself.
+
+        Raises:
+            CacheError: another process holds it, or the folder cannot be made.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            file = (self.root / _LOCK).open("w")
+        except OSError as error:
+            raise CacheError(f"cannot write the cache {self.root}: {error.strerror}") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise CacheError(
+                    f"another process is writing the cache {self.root}; wait for it to end, then run again"
+                ) from error
+            shutil.rmtree(self.root / _TEMPORARY, ignore_errors=True)
+            yield
+            shutil.rmtree(self.root / _TEMPORARY, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush a rename: without it, a power cut may keep the ledger's record and lose the chunk it vouches for."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
