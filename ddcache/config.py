@@ -98,6 +98,7 @@ class TaskConfig(_Model):
     kind: Literal["regression", "classification"]
     target: Name
     metric: Literal["rmse", "mae", "accuracy"]
+    temperature: Annotated[float, Field(gt=0)] = 2.0
 
     @model_validator(mode="after")
     def _check_metric(self) -> Self:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,17 +28,17 @@ from ddcache.cache.layout import (
     shard_range,
 )
 from ddcache.cache.writer import ArraySpec, CacheWriter, library_versions, open_writer, require_same
-from ddcache.config import Pipeline, TeacherConfig
-from ddcache.errors import ConfigError, DdcacheError, SourceError, TeacherError
+from ddcache.errors import ConfigError, SourceError, TeacherError
+from ddcache.prefetch import prefetch
 from ddcache.progress import Reporter, Silent
 from ddcache.sources import Rows, Samples, Source, SubsetSource
 from ddcache.teachers import ModelInputs, Teacher, call_factory, load_teacher, tap_fingerprint
 
+if TYPE_CHECKING:
+    from ddcache.config import Pipeline, TeacherConfig
+
 PREFETCH = 2
 """Batches that are read and preprocessed ahead of the forward pass."""
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass
@@ -95,9 +95,7 @@ def extract(
         raise ConfigError(f"--rebuild: expected teachers among {list(pipeline.teachers)}, found {unknown}")
     # A look at every teacher before any work, so that a typo in the last one doesn't cost the first one's hours.
     # One at a time, since together they may not fit into memory.
-    fingerprints = {
-        name: inspect_teacher(name, config, source.samples) for name, config in pipeline.teachers.items()
-    }
+    fingerprints = {name: inspect_teacher(name, config, source.samples) for name, config in pipeline.teachers.items()}
     with open_writer(pipeline.cache) as writer:
         writer.begin(source.samples, source.digests())
         for name in rebuild:
@@ -278,18 +276,14 @@ def _create_arrays(
     return updated
 
 
-def rows_a_shard(
-    config: TeacherConfig, group: GroupRecord, one: Pass, shapes: dict[str, tuple[int, ...]]
-) -> int:
+def rows_a_shard(config: TeacherConfig, group: GroupRecord, one: Pass, shapes: dict[str, tuple[int, ...]]) -> int:
     """Return rows a shard, the same for all taps of a pass, so that a shard is one unit of work."""
     if present := [group.arrays[tap].shard_rows for tap in one.taps if tap in group.arrays]:
         return present[0]
     rows = len(one.domain.representatives)
     if config.shard_rows is not None:
         return min(config.shard_rows, rows)
-    row_bytes = max(
-        int(np.prod(shape)) * np.dtype(config.taps[tap].dtype).itemsize for tap, shape in shapes.items()
-    )
+    row_bytes = max(int(np.prod(shape)) * np.dtype(config.taps[tap].dtype).itemsize for tap, shape in shapes.items())
     return choose_shard_rows(rows, row_bytes, config.batch_size)
 
 
@@ -454,18 +448,3 @@ def _background_commits(writer: CacheWriter, key: str, report: ExtractReport) ->
         yield commit
         while pending:
             pending.popleft().result()
-
-
-def prefetch(function: Callable[[T], R], items: Iterable[T], depth: int) -> Generator[R]:
-    """Yield `function(item)` in order, computed up to `depth` items ahead on a background thread."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="ddcache-read")
-    pending: deque[Future[R]] = deque()
-    try:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > depth:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +12,9 @@ from torch import Tensor
 from ddcache.cache.samples import SPLITS, UNLABELLED, Samples, digest_array, is_labelled
 from ddcache.errors import SourceError
 from ddcache.names import parse_name
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["SPLITS", "UNLABELLED", "ArraySource", "Samples", "Source", "SubsetSource", "is_labelled"]
 

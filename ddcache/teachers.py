@@ -8,13 +8,15 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ddcache.config import Factory, TapConfig, TeacherConfig
 from ddcache.errors import ConfigError, TeacherError
+
+if TYPE_CHECKING:
+    from ddcache.config import Factory, TapConfig, TeacherConfig
 
 ModelInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 Preprocess = Callable[[dict[str, Tensor]], ModelInputs]

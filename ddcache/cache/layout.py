@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import google_crc32c
 import numpy as np
@@ -27,9 +27,11 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
-from ddcache.cache.samples import Samples
 from ddcache.errors import CacheError, ConfigError
 from ddcache.names import parse_name
+
+if TYPE_CHECKING:
+    from ddcache.cache.samples import Samples
 
 FORMAT = 1
 SHARD_BYTES = 64 * 2**20

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +17,10 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ddcache.cache.layout import canonical_json, crc32c
-from ddcache.cache.store import LocalStore
 from ddcache.errors import CacheError
+
+if TYPE_CHECKING:
+    from ddcache.cache.store import LocalStore
 
 Floats = npt.NDArray[np.float64]
 

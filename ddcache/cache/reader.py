@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,11 +30,15 @@ from ddcache.cache.layout import (
     shard_count,
     shard_range,
 )
-from ddcache.cache.ledger import ShardRecord, Statistics
 from ddcache.cache.samples import Samples
 from ddcache.cache.store import LocalStore
 from ddcache.errors import CacheError
 from ddcache.names import parse_name
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ddcache.cache.ledger import ShardRecord, Statistics
 
 Rows = npt.NDArray[np.int64]
 
@@ -344,7 +347,7 @@ class Cache:
     @staticmethod
     def _read(array: StoredArray, rows: Rows) -> Tensor:
         rows = array.rows_of(np.asarray(rows, dtype=np.int64))
-        if len(rows) and not (0 <= rows.min() and rows.max() < array.record.rows):
+        if len(rows) and not (rows.min() >= 0 and rows.max() < array.record.rows):
             raise IndexError(f"{array.key}: expected rows from 0 to {array.record.rows - 1}, found {rows.max()}")
         out = np.empty((len(rows), *array.record.item_shape), dtype=np.dtype(array.record.dtype))
         array.gather(rows, out)

@@ -7,9 +7,8 @@ of what a cache is compared by.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +16,9 @@ import pyarrow as pa
 
 from ddcache.errors import CacheError, SourceError
 from ddcache.names import parse_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
 
 SPLITS = ("train", "transfer", "calibration", "val", "test")
 UNLABELLED = -1

@@ -6,13 +6,16 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from ddcache.errors import CacheError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 _TEMPORARY = ".tmp"
 _LOCK = ".lock"

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,9 +32,14 @@ from ddcache.cache.layout import (
     shard_range,
 )
 from ddcache.cache.ledger import ShardRecord
-from ddcache.cache.samples import Samples
 from ddcache.cache.store import LocalStore
 from ddcache.errors import CacheError, StaleCacheError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from ddcache.cache.samples import Samples
 
 _PLAIN_GROUP = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}, indent=1).encode()
 
