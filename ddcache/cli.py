@@ -279,3 +279,7 @@ def _escape(text: str) -> str:
 
 def _print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    main()

@@ -360,20 +360,20 @@ def fit(
                 for term, value in terms.items():
                     sums[term] = sums.get(term, 0.0) + value.item()
                 advance(1)
-            value = validate()
+            score = validate()
             means = {term: total / len(loader) for term, total in sums.items()}
             line = {
                 "epoch": epoch,
                 "loss": sum(means.values()),
                 "terms": means,
-                "val": value,
+                "val": score,
                 "seconds": time.perf_counter() - epoch_begun,
             }
             log.write(json.dumps(line) + "\n")
             log.flush()
-            if best is None or sign * value > sign * best.best_value:
+            if best is None or sign * score > sign * best.best_value:
                 state = {n: t.detach().clone() for n, t in student.state_dict().items()}
-                best = FitResult(epoch, value, state, 0.0, 0.0)
+                best = FitResult(epoch, score, state, 0.0, 0.0)
     if best is None:
         raise TrainError(f"{metrics.parent}: no epoch gave a validation {pipeline.task.metric}")
     best.seconds, best.loader_seconds = time.perf_counter() - begun, waited
