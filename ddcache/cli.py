@@ -75,14 +75,14 @@ def _pipeline_command(function: F) -> F:
 def _load(path: Path, overrides: tuple[str, ...]) -> Pipeline:
     """Read a pipeline file and check all of it, factories and methods included, before any work starts."""
     from ddcache.config import check_factories, load_pipeline
-    from ddcache.train import check_methods
+    from ddcache.train import check_training
 
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     pipeline = load_pipeline(path, overrides)
     _log_to_stderr(pipeline)
     check_factories(pipeline)
-    check_methods(pipeline)
+    check_training(pipeline)
     return pipeline
 
 
@@ -101,10 +101,10 @@ def plan(pipeline: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Tell what extract would take: forward passes, bytes, disk, time. Runs two batches a teacher, writes nothing."""
     checked = _load(pipeline, overrides)
     from ddcache.extract import prepare
-    from ddcache.plan import plan as plan_of
+    from ddcache.plan import plan_extraction
 
     prepare(checked)
-    result = plan_of(checked)
+    result = plan_extraction(checked)
     if as_json:
         _print_json(result.to_json())
         return
@@ -130,11 +130,10 @@ def plan(pipeline: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 def extract(pipeline: Path, overrides: tuple[str, ...], as_json: bool, rebuild: tuple[str, ...]) -> None:
     """Run the frozen teachers over all samples and cache their features; goes on where it was stopped."""
     checked = _load(pipeline, overrides)
-    from ddcache.extract import extract as extract_all
-    from ddcache.extract import prepare
+    from ddcache.extract import extract_features, prepare
 
     prepare(checked)
-    report = extract_all(checked, rebuild=rebuild, report_to=Bars(err))
+    report = extract_features(checked, rebuild=rebuild, report_to=Bars(err))
     if as_json:
         _print_json(vars(report))
     else:
@@ -156,9 +155,9 @@ def train(
 ) -> None:
     """Train every student x method x seed from the cache; what is finished is kept."""
     checked = _load(pipeline, overrides)
-    from ddcache.train import train as train_all
+    from ddcache.train import train_students
 
-    report = train_all(checked, students=students, methods=methods, seeds=seeds, report_to=Bars(err))
+    report = train_students(checked, students=students, methods=methods, seeds=seeds, report_to=Bars(err))
     if as_json:
         _print_json({"trained": report.trained, "runs": [run.model_dump(mode="json") for run in report.runs]})
     else:
@@ -178,16 +177,15 @@ def evaluate(pipeline: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 def run(pipeline: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Prepare, extract, train and evaluate: all of it, each step only as far as it is not done yet."""
     checked = _load(pipeline, overrides)
-    from ddcache.extract import extract as extract_all
-    from ddcache.extract import load_source, prepare
-    from ddcache.train import train as train_all
+    from ddcache.extract import extract_features, load_source, prepare
+    from ddcache.train import train_students
 
     source = load_source(checked)
     prepare(checked, source)
-    extracted = extract_all(checked, source=source, report_to=Bars(err))
+    extracted = extract_features(checked, source=source, report_to=Bars(err))
     if not as_json:
         _print_extracted(extracted, checked)
-    trained = train_all(checked, report_to=Bars(err))
+    trained = train_students(checked, report_to=Bars(err))
     if not as_json:
         _print_trained(trained, checked)
     _evaluate(checked, as_json)
@@ -217,10 +215,10 @@ def info(cache: Path, as_json: bool) -> None:
 
 
 def _evaluate(pipeline: Pipeline, as_json: bool) -> None:
-    from ddcache.evaluate import evaluate as evaluate_all
+    from ddcache.evaluate import evaluate_students
     from ddcache.report import print_table, write_report
 
-    evaluation: Evaluation = evaluate_all(pipeline)
+    evaluation: Evaluation = evaluate_students(pipeline)
     report = write_report(evaluation, pipeline.runs / "report.html")
     if as_json:
         _print_json({**evaluation.to_json(), "report": str(report)})

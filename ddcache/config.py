@@ -53,6 +53,8 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+# YAML 1.1 reads 1e-3 as text, so a number may be given as text.
+Number = Annotated[float, Field(strict=False)]
 LocalPath = Annotated[Path, BeforeValidator(lambda v: _parse_local(v) if isinstance(v, str) else v)]
 
 
@@ -98,7 +100,7 @@ class TaskConfig(_Model):
     kind: Literal["regression", "classification"]
     target: Name
     metric: Literal["rmse", "mae", "accuracy"]
-    temperature: Annotated[float, Field(gt=0)] = 2.0
+    temperature: Annotated[Number, Field(gt=0)] = 2.0
 
     @model_validator(mode="after")
     def _check_metric(self) -> Self:
@@ -185,9 +187,9 @@ class TrainConfig(_Model):
 
     epochs: Annotated[int, Field(ge=1)] = 20
     batch_size: Annotated[int, Field(ge=1)] = 1024
-    lr: Annotated[float, Field(gt=0)] = 1e-2
-    distiller_lr: Annotated[float, Field(gt=0)] = 3e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    lr: Annotated[Number, Field(gt=0)] = 1e-2
+    distiller_lr: Annotated[Number, Field(gt=0)] = 3e-3
+    weight_decay: Annotated[Number, Field(ge=0)] = 1e-2
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_to_tuple), Field(min_length=1)] = (0,)
     device: str = "cpu"
 

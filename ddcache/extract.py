@@ -68,7 +68,7 @@ class Pass:
     taps: tuple[str, ...]
 
 
-def extract(
+def extract_features(
     pipeline: Pipeline, *, rebuild: Sequence[str] = (), source: Source | None = None, report_to: Reporter | None = None
 ) -> ExtractReport:
     """Make the cache of a pipeline complete: all of its teachers, over all samples.

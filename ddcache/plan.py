@@ -90,7 +90,7 @@ class Plan:
         return {**asdict(self), **{name: getattr(self, name) for name in names}}
 
 
-def plan(pipeline: Pipeline, source: Source | None = None) -> Plan:
+def plan_extraction(pipeline: Pipeline, source: Source | None = None) -> Plan:
     """Tell what `extract` would do; runs two batches of each pass, writes nothing.
 
     Raises:

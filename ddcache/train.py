@@ -27,7 +27,6 @@ from ddcache.distill import (
     Task,
     TeacherSpec,
     build_distiller,
-    check_settings,
     parse_method,
 )
 from ddcache.errors import ConfigError, TrainError
@@ -85,7 +84,7 @@ class RunRecord(BaseModel):
 
 @dataclass(frozen=True)
 class Run:
-    """One run to do."""
+    """One run to do: a student, a method and a seed."""
 
     student: str
     method: MethodConfig
@@ -105,7 +104,7 @@ class TrainReport:
     trained: int
 
 
-def train(
+def train_students(
     pipeline: Pipeline,
     *,
     students: Sequence[str] = (),
@@ -148,14 +147,24 @@ def train(
     return TrainReport(tuple(runs), trained)
 
 
-def check_methods(pipeline: Pipeline) -> None:
-    """Check the methods' names and settings.
+def check_training(pipeline: Pipeline) -> None:
+    """Build every student and every method's module once, so that a typo doesn't show only after extracting.
 
     Raises:
-        ConfigError: naming the method and the setting.
+        ConfigError: a setting, a student's `hidden` or `head`, or a teacher that a method can't use.
+        TrainError: a student's factory raised.
     """
-    for method in pipeline.methods:
-        check_settings(method.name, method.settings)
+    # What a tap's shape will be is known only once its teacher has run, and no check here depends on it.
+    teachers = [
+        TeacherSpec(name, {tap: TapSpec((1,)) for tap in config.taps if tap != config.output_tap}, config.output_tap)
+        for name, config in pipeline.teachers.items()
+    ]
+    with torch.random.fork_rng():
+        for method in pipeline.methods:
+            task = Task(pipeline.task.kind, pipeline.task.target, pipeline.task.temperature)
+            build_distiller(method.name, method.settings, 1, teachers, task)
+        for name, config in pipeline.students.items():
+            StudentHooks(name, config, load_student(name, config))
 
 
 def select_runs(pipeline: Pipeline, students: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) -> list[Run]:

@@ -6,7 +6,7 @@ import pytest
 
 from ddcache.config import Pipeline, check_factories, load_pipeline
 from ddcache.errors import ConfigError
-from ddcache.train import check_methods
+from ddcache.train import check_training
 from tests.tiny import write_pipeline
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def test_a_right_file_loads_and_its_factories_exist(tmp_path: Path) -> None:
     pipeline = load_pipeline(write_pipeline(tmp_path))
     check_factories(pipeline)
-    check_methods(pipeline)
+    check_training(pipeline)
     assert pipeline.teachers["groups"].key_of("table") == ("group",)
     assert pipeline.teachers["big"].output_tap == "output"
     assert pipeline.foundation == "big"
@@ -118,5 +118,5 @@ def test_a_loaded_pipeline_is_frozen(tmp_path: Path) -> None:
 def test_a_wrong_method_is_refused(tmp_path: Path, method: object, message: str) -> None:
     pipeline = load_pipeline(write_pipeline(tmp_path, methods=[method]))
     with pytest.raises(ConfigError) as caught:
-        check_methods(pipeline)
+        check_training(pipeline)
     assert message in str(caught.value)

@@ -16,8 +16,8 @@ from ddcache.cache.reader import Cache
 from ddcache.cache.writer import open_writer
 from ddcache.config import load_pipeline
 from ddcache.errors import CacheError, ConfigError, StaleCacheError, TeacherError
-from ddcache.extract import extract, prepare
-from ddcache.plan import plan
+from ddcache.extract import extract_features, prepare
+from ddcache.plan import plan_extraction
 from tests import tiny
 from tests.conftest import file_digests
 from tests.tiny import write_pipeline
@@ -31,7 +31,7 @@ Make = "Callable[..., Pipeline]"
 
 def test_cached_features_are_those_of_the_live_teacher(make: Make) -> None:
     pipeline = make()
-    extract(pipeline)
+    extract_features(pipeline)
     cache, source = Cache.open(pipeline.cache), tiny.source()
     rows = np.random.default_rng(0).permutation(len(source.samples))[:200]
     inputs = source.read(rows)
@@ -45,15 +45,15 @@ def test_cached_features_are_those_of_the_live_teacher(make: Make) -> None:
 
 
 def test_a_teacher_keyed_by_an_entity_runs_once_an_entity(make: Make) -> None:
-    report = extract(make())
+    report = extract_features(make())
     assert report.forward_passes["groups"] == tiny.GROUPS + 2  # the two that showed the shapes
 
 
 def test_a_second_run_does_no_forward_pass_and_changes_no_file(make: Make) -> None:
     pipeline = make()
-    extract(pipeline)
+    extract_features(pipeline)
     before = file_digests(pipeline.cache)
-    report = extract(pipeline)
+    report = extract_features(pipeline)
     assert set(report.forward_passes.values()) == {0}
     assert report.shards_written == 0
     assert file_digests(pipeline.cache) == before
@@ -62,7 +62,7 @@ def test_a_second_run_does_no_forward_pass_and_changes_no_file(make: Make) -> No
 @pytest.mark.filterwarnings("ignore:Object at:zarr.errors.ZarrUserWarning")  # the ledger is no part of Zarr
 def test_zarr_alone_reads_the_same_numbers(make: Make) -> None:
     pipeline = make()
-    extract(pipeline)
+    extract_features(pipeline)
     root, cache = zarr.open_group(pipeline.cache, mode="r"), Cache.open(pipeline.cache)
     every = np.arange(len(cache.samples))
     row_map = root["teachers/groups/rows/group"][:]
@@ -74,7 +74,7 @@ def test_zarr_alone_reads_the_same_numbers(make: Make) -> None:
 
 def test_statistics_are_those_of_all_rows(make: Make) -> None:
     pipeline = make()
-    extract(pipeline)
+    extract_features(pipeline)
     cache = Cache.open(pipeline.cache)
     values = cache.read("big", "body", np.arange(600)).double().numpy()
     statistics = cache.statistics("big", "body")
@@ -93,7 +93,7 @@ def test_kill_minus_nine_and_extract_again_gives_the_same_files(tmp_path: Path) 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
-    extract(load_pipeline(write_pipeline(whole, **slow)))
+    extract_features(load_pipeline(write_pipeline(whole, **slow)))
     path = write_pipeline(killed, **slow)
     ledger = killed / "cache" / "teachers" / "big" / "ledger" / "body"
     kills = 0
@@ -110,14 +110,14 @@ def test_kill_minus_nine_and_extract_again_gives_the_same_files(tmp_path: Path) 
     assert kills == 2
     with pytest.raises(CacheError, match="only partly cached"):
         Cache.open(killed / "cache").require(["big"])
-    report = extract(load_pipeline(path))
+    report = extract_features(load_pipeline(path))
     assert 0 < report.forward_passes["big"] <= 600 - 9 * 32
     assert file_digests(killed / "cache") == file_digests(whole / "cache")
 
 
 def test_a_shard_that_is_not_committed_is_refused_by_name(make: Make) -> None:
     pipeline = make(teachers__groups=None)
-    extract(pipeline)
+    extract_features(pipeline)
     cache = Cache.open(pipeline.cache)
     array = cache.tap("big", "body")
     array.shards = {s: r for s, r in array.shards.items() if s != 1}
@@ -145,29 +145,29 @@ def test_a_stale_cache_is_refused_with_the_field_that_changed(
     make: Make, change: dict[str, object], field: str
 ) -> None:
     pipeline = make()
-    extract(pipeline)
+    extract_features(pipeline)
     before = file_digests(pipeline.cache)
     with pytest.raises(StaleCacheError) as caught:
-        extract(make(**change))
+        extract_features(make(**change))
     assert any(line.split()[0] == field for line in str(caught.value).split("\n")[1:-1])
     assert file_digests(pipeline.cache) == before
 
 
 def test_rebuild_extracts_one_teacher_anew_and_keeps_the_others(make: Make) -> None:
-    extract(make())
-    report = extract(make(teachers__big__args={"seed": 1}), rebuild=["big"])
+    extract_features(make())
+    report = extract_features(make(teachers__big__args={"seed": 1}), rebuild=["big"])
     assert report.forward_passes == {"big": 602, "groups": 0}
     with pytest.raises(ConfigError, match="--rebuild"):
-        extract(make(), rebuild=["bgi"])
+        extract_features(make(), rebuild=["bgi"])
 
 
 def test_adding_a_tap_or_teacher_leaves_committed_files_alone(make: Make) -> None:
     teachers = tiny.pipeline(make().cache.parent)["teachers"]
     big = teachers["big"]
     pipeline = make(teachers={"big": {**big, "taps": {"output": big["taps"]["output"]}}})
-    extract(pipeline)
+    extract_features(pipeline)
     before = file_digests(pipeline.cache)
-    report = extract(make(teachers=teachers))
+    report = extract_features(make(teachers=teachers))
     after = file_digests(pipeline.cache)
     assert report.forward_passes["big"] == 602
     changed = {name for name in before if after[name] != before[name]}
@@ -191,7 +191,7 @@ def test_a_failing_sample_is_named_and_nothing_is_taken_for_complete(
         teachers__big__taps={"output": {"module": "head", "kind": "output"}},
     )
     with pytest.raises(TeacherError) as caught:
-        extract(pipeline)
+        extract_features(pipeline)
     assert message in str(caught.value)
     assert not Cache.open(pipeline.cache).teachers["big"].complete
     healed = make(
@@ -201,20 +201,20 @@ def test_a_failing_sample_is_named_and_nothing_is_taken_for_complete(
         source={"factory": "tests.tiny:source", "args": {"n": 600}},
     )
     with pytest.raises(TeacherError):  # the same again: still refused, not served
-        extract(healed)
+        extract_features(healed)
 
 
 def test_a_wrong_module_name_of_the_last_teacher_costs_no_work(make: Make) -> None:
     pipeline = make(teachers__groups__taps={"table": {"module": "tabel"}})
     with pytest.raises(ConfigError, match="nearest are \\['table'\\]"):
-        extract(pipeline)
+        extract_features(pipeline)
     assert not pipeline.cache.exists()
 
 
 def test_an_entity_column_that_is_not_there_is_refused_before_any_work(make: Make) -> None:
     pipeline = make(teachers__groups__keyed_by="groop")
     with pytest.raises(ConfigError, match=r"no entity column 'groop'; it has \['group'\]"):
-        extract(pipeline)
+        extract_features(pipeline)
     assert not pipeline.cache.exists()
 
 
@@ -223,13 +223,13 @@ def test_a_factory_that_gives_other_weights_each_time_is_refused(make: Make) -> 
     teachers = {"odd": {"role": "expert", "factory": "tests.tiny:unseeded", "taps": taps}}
     pipeline = make(teachers=teachers, methods=["none"])
     with pytest.raises(StaleCacheError, match="returned other weights the second time"):
-        extract(pipeline)
+        extract_features(pipeline)
 
 
 def test_two_writers_at_once_are_refused(make: Make) -> None:
     pipeline = make()
     with open_writer(pipeline.cache), pytest.raises(CacheError, match="another process is writing"):
-        extract(pipeline)
+        extract_features(pipeline)
 
 
 def test_a_folder_with_other_things_in_it_is_not_taken_over(make: Make) -> None:
@@ -237,12 +237,12 @@ def test_a_folder_with_other_things_in_it_is_not_taken_over(make: Make) -> None:
     pipeline.cache.mkdir()
     (pipeline.cache / "thesis.txt").write_text("mine")
     with pytest.raises(CacheError, match="not empty and no ddcache cache"):
-        extract(pipeline)
+        extract_features(pipeline)
 
 
 def test_a_damaged_chunk_is_never_served(make: Make) -> None:
     pipeline = make()
-    extract(pipeline)
+    extract_features(pipeline)
     chunk = pipeline.cache / "teachers/big/body/c/2/0/0"
     data = bytearray(chunk.read_bytes())
     data[1000] ^= 1
@@ -259,7 +259,7 @@ DAMAGED = ["zarr.json", "samples.parquet", "teachers/big/zarr.json", "teachers/b
 @pytest.mark.parametrize("name", [*DAMAGED, "teachers/big/body/zarr.json"])
 def test_a_damaged_record_is_a_cache_error(make: Make, name: str) -> None:
     pipeline = make()
-    extract(pipeline)
+    extract_features(pipeline)
     path = pipeline.cache / name
     whole = path.read_bytes()
     for damage in (whole[: len(whole) // 2], bytes([*whole[:60], whole[60] ^ 4, *whole[61:]]), b""):
@@ -270,9 +270,9 @@ def test_a_damaged_record_is_a_cache_error(make: Make, name: str) -> None:
 
 def test_the_plan_tells_bytes_and_passes_exactly(make: Make) -> None:
     pipeline = make()
-    before = plan(pipeline)
-    report = extract(pipeline)
-    after = plan(pipeline)
+    before = plan_extraction(pipeline)
+    report = extract_features(pipeline)
+    after = plan_extraction(pipeline)
     info = Cache.open(pipeline.cache).info()["teachers"]
     for name, teacher in before.teachers.items():
         assert teacher.nbytes == {tap: array["nbytes"] for tap, array in info[name]["taps"].items()}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ddcache.cache.reader import Cache
 from ddcache.errors import CacheError, ConfigError
-from ddcache.extract import extract
+from ddcache.extract import extract_features
 from ddcache.loading import FeatureLoader
 from ddcache.loading.plan import plan_epoch
 from ddcache.prefetch import prefetch
@@ -25,7 +25,7 @@ Make = "Callable[..., Pipeline]"
 @pytest.fixture
 def cache(make: Make) -> Cache:
     pipeline = make()
-    extract(pipeline)
+    extract_features(pipeline)
     return Cache.open(pipeline.cache)
 
 
@@ -144,7 +144,7 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     from tests.tiny import write_pipeline
 
     pipeline = load_pipeline(write_pipeline(tmp_path_factory.mktemp("cached")))
-    extract(pipeline)
+    extract_features(pipeline)
     return Cache.open(pipeline.cache)
 
 
