@@ -111,8 +111,13 @@ def check_student(name: str, config: StudentConfig, student: nn.Module, inputs: 
     """
     student.eval()
     with StudentHooks(name, config, student) as hooks:
-        state = hooks.state(inputs)
-    headed = state.head(state.hidden)
+        try:
+            state = hooks.state(inputs)
+            headed = state.head(state.hidden)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise ConfigError(
+                f"students.{name}: {type(student).__name__} raised {type(error).__name__}: {error}"
+            ) from error
     if headed.numel() != state.output.numel() or not torch.allclose(
         headed.reshape(state.output.shape), state.output, rtol=1e-3, atol=1e-4
     ):

@@ -264,9 +264,9 @@ def _train_run(
             seed=one.seed,
             pin_memory=device.type == "cuda",
         )
-        validation = cache.samples.rows("val")
+        validation = cache.samples.labelled_rows("val", pipeline.task.target)
         if not len(validation):
-            raise ConfigError("the source has no 'val' rows; the best checkpoint is chosen on them")
+            raise ConfigError("the source has no labelled 'val' rows; the best checkpoint is chosen on them")
         inputs = {n: tensor.to(device) for n, tensor in cache.read_inputs(validation).items()}
         targets = cache.samples.targets[pipeline.task.target][validation]
 

@@ -33,7 +33,7 @@ class ShardRecord(BaseModel):
         start: its first row.
         stop: the row after its last.
         nbytes: size of the chunk's file.
-        crc32c: CRC-32C of the chunk's bytes.
+        crc32c: CRC-32C of the bytes of these rows, without what fills the last chunk up.
         nonfinite: how many values are NaN or infinite.
         count: values a channel that the statistics rest on.
         mean: mean per channel; empty where the array is no feature.

@@ -149,7 +149,7 @@ class StoredArray:
         except (OSError, ValueError) as error:
             raise CacheError(f"{where}: the chunk cannot be read ({error}); {remedy}") from error
         expected = self.shards[shard]
-        if data.nbytes != expected.nbytes or crc32c(data) != expected.crc32c:
+        if data.nbytes != expected.nbytes or crc32c(data[: (stop - start) * self.row_bytes]) != expected.crc32c:
             raise CacheError(f"{where}: the chunk is damaged: its checksum is not the one in the ledger; {remedy}")
         dtype = np.dtype(self.record.dtype).newbyteorder("<")
         return np.asarray(data).view(dtype).reshape(self.record.shard_rows, *self.record.item_shape)

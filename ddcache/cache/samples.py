@@ -86,6 +86,11 @@ class Samples:
         """Return the rows of these splits, ascending, (n,) int64."""
         return np.flatnonzero(np.isin(self.splits, splits)).astype(np.int64)
 
+    def labelled_rows(self, split: str, target: str) -> npt.NDArray[np.int64]:
+        """Return the rows of a split that have a label, ascending, (n,) int64."""
+        rows = self.rows(split)
+        return rows[is_labelled(self.targets[target][rows])]
+
     def take(self, rows: npt.NDArray[np.int64]) -> Samples:
         """Return the table of just these rows, in this order."""
         return Samples(
