@@ -175,7 +175,7 @@ def check_teacher(writer: CacheWriter, name: str, config: TeacherConfig, found: 
     require_same(
         cached,
         now,
-        f"the cached features of teacher {name!r} in {writer.store.root} were made from something else",
+        f"the cached features of teacher {name!r} in {writer.store.name} were made from something else",
         f"extract them anew with `ddcache extract --rebuild {name}`, or give this pipeline another cache",
     )
 
@@ -200,7 +200,8 @@ def _extract_teacher(
     group = writer.open_group(key, found["fingerprint"], found["facts"])
     passes = passes_of(config, source.samples)
     if all(not missing_shards(writer, key, group, p.taps, report) for p in passes):
-        _finish(writer, key, group)
+        if group.state != "complete":
+            writer.finish(key)
         return
     teacher = load_teacher(name, config)
     require_same(
@@ -212,12 +213,7 @@ def _extract_teacher(
     for one in passes:
         group = _create_arrays(writer, key, group, teacher, source, one, report)
         _run_pass(writer, key, group, teacher, source, one, report, report_to)
-    _finish(writer, key, group)
-
-
-def _finish(writer: CacheWriter, key: str, group: GroupRecord) -> None:
-    if group.state != "complete":
-        writer.finish(key)
+    writer.finish(key)
 
 
 def missing_shards(
@@ -229,7 +225,7 @@ def missing_shards(
         if tap not in group.arrays:
             missing.setdefault(0, []).append(tap)
             continue
-        committed = writer.committed(key, tap)
+        committed = writer.committed(key, tap, group.arrays[tap])
         if report is not None:
             report.shards_kept += len(committed)
         for shard in range(shard_count(group.arrays[tap])):
@@ -298,7 +294,7 @@ def _write_row_map(writer: CacheWriter, key: str, domain: RowDomain) -> None:
         writer.create_arrays(key, {name: spec})
         group = writer.group(key)
         assert group is not None
-    if not writer.committed(key, name):
+    if not writer.committed(key, name, group.arrays[name]):
         writer.commit(key, name, group.arrays[name], 0, domain.row_map)
 
 
@@ -422,7 +418,8 @@ def _write_inputs(writer: CacheWriter, source: Source, report: ExtractReport, re
             for name in names:
                 commit(name, group.arrays[name], shard, tensors[name].numpy())
             advance(1)
-    _finish(writer, INPUTS, group)
+    if missing or group.state != "complete":
+        writer.finish(INPUTS)
 
 
 Commit = Callable[[str, ArrayRecord, int, npt.NDArray[Any]], None]

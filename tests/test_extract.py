@@ -111,7 +111,8 @@ def test_kill_minus_nine_and_extract_again_gives_the_same_files(tmp_path: Path) 
     with pytest.raises(CacheError, match="only partly cached"):
         Cache.open(killed / "cache").require(["big"])
     report = extract_features(load_pipeline(path))
-    assert 0 < report.forward_passes["big"] <= 600 - 9 * 32
+    # Of the 9 shards that had a record of `body`, the last may have lost its record of `output`.
+    assert 0 < report.forward_passes["big"] <= 600 - 8 * 32
     assert file_digests(killed / "cache") == file_digests(whole / "cache")
 
 
@@ -236,7 +237,7 @@ def test_a_folder_with_other_things_in_it_is_not_taken_over(make: Make) -> None:
     pipeline = make()
     pipeline.cache.mkdir()
     (pipeline.cache / "thesis.txt").write_text("mine")
-    with pytest.raises(CacheError, match="not empty and no ddcache cache"):
+    with pytest.raises(CacheError, match="holds other things, such as thesis.txt"):
         extract_features(pipeline)
 
 
@@ -251,6 +252,18 @@ def test_a_damaged_chunk_is_never_served(make: Make) -> None:
     cache.read("big", "body", np.array([0]))
     with pytest.raises(CacheError, match="teachers/big/body rows 256 to 383: the chunk is damaged"):
         cache.read("big", "body", np.array([300]))
+
+
+@pytest.mark.parametrize("damage", ["removed", "truncated"])
+def test_extract_makes_a_lost_chunk_again_and_only_that(make: Make, damage: str) -> None:
+    pipeline = make()
+    extract_features(pipeline)
+    before = file_digests(pipeline.cache)
+    chunk = pipeline.cache / "teachers/big/body/c/2/0/0"
+    chunk.unlink() if damage == "removed" else chunk.write_bytes(chunk.read_bytes()[:100])
+    report = extract_features(pipeline)
+    assert report.forward_passes == {"big": 128, "groups": 0}
+    assert file_digests(pipeline.cache) == before
 
 
 DAMAGED = ["zarr.json", "samples.parquet", "teachers/big/zarr.json", "teachers/big/ledger/body.parquet"]

@@ -20,7 +20,7 @@ from ddcache.cache.layout import canonical_json, crc32c
 from ddcache.errors import CacheError
 
 if TYPE_CHECKING:
-    from ddcache.cache.store import LocalStore
+    from ddcache.cache.store import Store
 
 Floats = npt.NDArray[np.float64]
 
@@ -82,31 +82,31 @@ def ledger_key(group: str, array: str) -> str:
     return f"{group}/ledger/{array}"
 
 
-def write_record(store: LocalStore, group: str, array: str, record: ShardRecord) -> None:
+def write_record(store: Store, group: str, array: str, record: ShardRecord) -> None:
     """Commit a shard whose bytes are on the disk already."""
     body = record.model_dump(mode="json")
     document = json.dumps({"crc32c": crc32c(canonical_json(body)), "record": body}, sort_keys=True)
     store.put(f"{ledger_key(group, array)}/{record.shard:08d}.json", document.encode())
 
 
-def read_records(store: LocalStore, group: str, array: str) -> dict[int, ShardRecord]:
+def read_records(store: Store, group: str, array: str) -> dict[int, ShardRecord]:
     """Return the committed shards of an array by number.
 
     Raises:
         CacheError: a record is damaged.
     """
     key = ledger_key(group, array)
-    records = _read_compacted(store, f"{key}.parquet") if store.exists(f"{key}.parquet") else {}
-    for name in store.list(key):
+    records = _read_compacted(store, f"{key}.parquet") if store.size(f"{key}.parquet") is not None else {}
+    for name in store.names(key):
         record = _parse_record(store.get(f"{key}/{name}"), f"{key}/{name}")
         records[record.shard] = record
     return records
 
 
-def compact(store: LocalStore, group: str, array: str) -> None:
+def compact(store: Store, group: str, array: str) -> None:
     """Put all records of an array into one checksummed Parquet file, then remove the single ones."""
     key = ledger_key(group, array)
-    if not store.list(key):
+    if not store.names(key):
         return
     records = read_records(store, group, array)
     rows = [records[shard].model_dump() for shard in sorted(records)]
@@ -157,7 +157,7 @@ def _parse_record(document: bytes, where: str) -> ShardRecord:
         raise CacheError(f"{where}: not a ledger record: {type(error).__name__}") from error
 
 
-def _read_compacted(store: LocalStore, key: str) -> dict[int, ShardRecord]:
+def _read_compacted(store: Store, key: str) -> dict[int, ShardRecord]:
     try:
         table = pq.read_table(io.BytesIO(store.get(key)))
         rows = [ShardRecord.model_validate(row) for row in table.to_pylist()]

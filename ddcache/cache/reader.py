@@ -31,7 +31,7 @@ from ddcache.cache.layout import (
     shard_range,
 )
 from ddcache.cache.samples import Samples
-from ddcache.cache.store import LocalStore
+from ddcache.cache.store import Store, open_store
 from ddcache.errors import CacheError
 from ddcache.names import parse_name
 
@@ -74,7 +74,7 @@ class TeacherInfo:
 class StoredArray:
     """An array of a cache: the record that describes it and the chunks that are committed."""
 
-    store: LocalStore
+    store: Store
     group: str
     name: str
     record: ArrayRecord
@@ -141,16 +141,18 @@ class StoredArray:
         start, stop = shard_range(self.record, shard)
         where = f"{self.key} rows {start} to {stop - 1}"
         if shard not in self.shards:
-            raise CacheError(f"{where} of the cache {self.store.root} are not cached yet; run ddcache extract")
-        path = self.store.path(chunk_key(self.key, self.record, shard))
-        remedy = f"remove {path} and run ddcache extract"
+            raise CacheError(f"{where} of the cache {self.store.name} are not cached yet; run ddcache extract")
         try:
-            data = np.memmap(path, dtype=np.uint8, mode="r")
-        except (OSError, ValueError) as error:
-            raise CacheError(f"{where}: the chunk cannot be read ({error}); {remedy}") from error
+            data = self.store.open(chunk_key(self.key, self.record, shard))
+        except CacheError as error:
+            raise CacheError(f"{where}: {error}") from error
         expected = self.shards[shard]
         if data.nbytes != expected.nbytes or crc32c(data[: (stop - start) * self.row_bytes]) != expected.crc32c:
-            raise CacheError(f"{where}: the chunk is damaged: its checksum is not the one in the ledger; {remedy}")
+            key = chunk_key(self.key, self.record, shard)
+            raise CacheError(
+                f"{where}: the chunk is damaged: its checksum is not the one in the ledger; remove {key} from "
+                f"{self.store.name} and run ddcache extract"
+            )
         dtype = np.dtype(self.record.dtype).newbyteorder("<")
         return np.asarray(data).view(dtype).reshape(self.record.shard_rows, *self.record.item_shape)
 
@@ -165,9 +167,9 @@ class Cache:
         inputs: names of the student inputs that it holds.
     """
 
-    def __init__(self, store: LocalStore, samples: Samples, root: RootRecord) -> None:
+    def __init__(self, store: Store, samples: Samples, root: RootRecord) -> None:
         self.store = store
-        self.path = store.root
+        self.path = Path(store.name)
         self.samples = samples
         self.root = root
         self._arrays: dict[tuple[str, str], StoredArray] = {}
@@ -179,8 +181,8 @@ class Cache:
         Raises:
             CacheError: there is none, or its sample table is damaged.
         """
-        store = LocalStore(Path(path))
-        if not store.exists("zarr.json"):
+        store = open_store(path)
+        if store.size("zarr.json") is None:
             raise CacheError(f"there is no cache at {path}; make one with ddcache extract")
         root: RootRecord = parse_group(store.get("zarr.json"), RootRecord, f"{path}/zarr.json")
         table = store.get(SAMPLES)
@@ -197,14 +199,15 @@ class Cache:
     @cached_property
     def teachers(self) -> Mapping[str, TeacherInfo]:
         """Every teacher in the cache, complete or not."""
-        folder = self.store.path("teachers")
-        names = sorted(p.parent.name for p in folder.glob("*/zarr.json")) if folder.is_dir() else []
+        names = [
+            n for n in self.store.folders("teachers") if self.store.size(f"{group_of_teacher(n)}/zarr.json") is not None
+        ]
         return {name: self._teacher_info(name) for name in names}
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
         """The names of the cached student inputs."""
-        return tuple(sorted(self._group(INPUTS).arrays)) if self.store.exists(f"{INPUTS}/zarr.json") else ()
+        return tuple(sorted(self._group(INPUTS).arrays)) if self.store.size(f"{INPUTS}/zarr.json") is not None else ()
 
     def array(self, group: str, name: str) -> StoredArray:
         """Return the array `name` of a group (`inputs` or `teachers/<teacher>`).

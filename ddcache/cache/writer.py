@@ -32,7 +32,7 @@ from ddcache.cache.layout import (
     shard_range,
 )
 from ddcache.cache.ledger import ShardRecord
-from ddcache.cache.store import LocalStore
+from ddcache.cache.store import Store, open_store
 from ddcache.errors import CacheError, StaleCacheError
 
 if TYPE_CHECKING:
@@ -58,13 +58,13 @@ class ArraySpec:
 class CacheWriter:
     """One process's right to write a cache; use `open_writer`."""
 
-    def __init__(self, store: LocalStore) -> None:
+    def __init__(self, store: Store) -> None:
         self.store = store
 
     @classmethod
     def read_only(cls, path: Path) -> CacheWriter:
         """Return a writer that is only asked what is there, without the lock."""
-        return cls(LocalStore(path))
+        return cls(open_store(path))
 
     def begin(self, samples: Samples, input_digests: Mapping[str, str]) -> None:
         """Write the sample table of a new cache, or check that an old one has these very samples.
@@ -73,13 +73,13 @@ class CacheWriter:
             StaleCacheError: the cache holds other samples; the table of differences is in the message.
         """
         digests = {**samples.digests(), **{f"input.{n}": d for n, d in input_digests.items()}}
-        if self.store.exists("zarr.json"):
+        if self.store.size("zarr.json") is not None:
             root: RootRecord = parse_group(self.store.get("zarr.json"), RootRecord, "zarr.json")
             cached = {"samples": root.samples, **root.digests}
             require_same(
                 cached,
                 {"samples": len(samples), **digests},
-                f"the cache {self.store.root} holds other samples than the source gives",
+                f"the cache {self.store.name} holds other samples than the source gives",
                 "give the changed source a cache of its own (field `cache`), or delete this one",
             )
             return
@@ -96,7 +96,7 @@ class CacheWriter:
     def group(self, key: str) -> GroupRecord | None:
         """Return the record of a group, None if there is none yet."""
         document = f"{key}/zarr.json"
-        if not self.store.exists(document):
+        if self.store.size(document) is None:
             return None
         record: GroupRecord = parse_group(self.store.get(document), GroupRecord, document)
         return record
@@ -117,7 +117,7 @@ class CacheWriter:
         require_same(
             record.fingerprint,
             wanted,
-            f"the cached features of {name!r} in {self.store.root} were made from something else",
+            f"the cached features of {name!r} in {self.store.name} were made from something else",
             f"extract it anew with --rebuild {name}, or use another cache",
         )
         return record
@@ -148,9 +148,13 @@ class CacheWriter:
             )
         self._put_group(group, record.model_copy(update={"arrays": arrays, "state": "partial"}))
 
-    def committed(self, group: str, array: str) -> dict[int, ShardRecord]:
-        """Return the committed shards of an array."""
-        return ledger.read_records(self.store, group, array)
+    def committed(self, group: str, name: str, record: ArrayRecord) -> dict[int, ShardRecord]:
+        """Return the committed shards of an array; one whose chunk is gone or cut short doesn't count."""
+        return {
+            shard: committed
+            for shard, committed in ledger.read_records(self.store, group, name).items()
+            if self.store.size(chunk_key(f"{group}/{name}", record, shard)) == committed.nbytes
+        }
 
     def commit(self, group: str, name: str, record: ArrayRecord, shard: int, block: npt.NDArray[Any]) -> None:
         """Write the rows of one shard, then its ledger record.
@@ -195,7 +199,7 @@ class CacheWriter:
         record = self.group(group)
         assert record is not None
         for name, array in record.arrays.items():
-            if missing := set(range(shard_count(array))) - set(self.committed(group, name)):
+            if missing := set(range(shard_count(array))) - set(self.committed(group, name, array)):
                 raise CacheError(f"{group}/{name}: {len(missing)} shards are not committed; run extract again")
             ledger.compact(self.store, group, name)
         if record.state != "complete":
@@ -216,17 +220,9 @@ def open_writer(path: Path) -> Iterator[CacheWriter]:
     Raises:
         CacheError: another process is writing it, or the folder can't be written.
     """
-    store = LocalStore(path)
-    if path.is_dir() and any(path.iterdir()) and not _looks_like_cache(path):
-        raise CacheError(f"{path} is not empty and no ddcache cache; choose another folder for `cache`")
+    store = open_store(path)
     with store.lock():
         yield CacheWriter(store)
-
-
-def _looks_like_cache(path: Path) -> bool:
-    """A killed first run leaves no `zarr.json` yet, but nothing that is not ours either."""
-    ours = {"zarr.json", SAMPLES, "teachers", INPUTS, ".lock", ".tmp"}
-    return (path / "zarr.json").exists() or {entry.name for entry in path.iterdir()} <= ours
 
 
 def require_same(cached: Mapping[str, Any], now: Mapping[str, Any], what: str, remedy: str) -> None:
