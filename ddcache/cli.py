@@ -169,7 +169,7 @@ def train(
 def evaluate(pipeline: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Score every trained student and every teacher on the test rows, and write the report."""
     checked = _load(pipeline, overrides)
-    _evaluate(checked, as_json)
+    _evaluate(checked, pipeline, as_json)
 
 
 @cli.command()
@@ -188,7 +188,7 @@ def run(pipeline: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     trained = train_students(checked, report_to=Bars(err))
     if not as_json:
         _print_trained(trained, checked)
-    _evaluate(checked, as_json)
+    _evaluate(checked, pipeline, as_json)
 
 
 @cli.command()
@@ -214,12 +214,12 @@ def info(cache: Path, as_json: bool) -> None:
     out.print(table)
 
 
-def _evaluate(pipeline: Pipeline, as_json: bool) -> None:
+def _evaluate(pipeline: Pipeline, path: Path, as_json: bool) -> None:
     from ddcache.evaluate import evaluate_students
     from ddcache.report import print_table, write_report
 
     evaluation: Evaluation = evaluate_students(pipeline)
-    report = write_report(evaluation, pipeline.runs / "report.html")
+    report = write_report(evaluation, pipeline.runs / "report.html", pipeline_file=path)
     if as_json:
         _print_json({**evaluation.to_json(), "report": str(report)})
         return

@@ -33,10 +33,10 @@ from ddcache.statistics import (
     recovered_gaps,
 )
 from ddcache.students import load_exported, predict
-from ddcache.train import read_run, run_folder
+from ddcache.train import finished_runs, run_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     import numpy.typing as npt
@@ -179,9 +179,9 @@ def evaluate_students(pipeline: Pipeline) -> Evaluation:
         ConfigError: there are no labelled test rows, or outputs don't fit the task.
         TrainError: a run is missing or damaged; the first one is named.
     """
-    runs = {key: read_run(folder) for key, folder in _folders(pipeline)}
     cache = Cache.open(pipeline.cache)
     cache.require(pipeline.teachers)
+    runs = finished_runs(pipeline, cache)
     rows, targets = _test_rows(pipeline, cache)
     teacher_scores = _score_teachers(pipeline, cache, rows, targets)
     teachers = _describe_teachers(pipeline, cache, teacher_scores)
@@ -211,20 +211,11 @@ def evaluate_students(pipeline: Pipeline) -> Evaluation:
     return evaluation
 
 
-def _folders(pipeline: Pipeline) -> Iterator[tuple[tuple[str, str, int], Path]]:
-    """Yield ((student, method, seed), folder) of every run."""
-    for student in pipeline.students:
-        for method in pipeline.methods:
-            for seed in pipeline.train.seeds:
-                yield (student, method.name, seed), run_folder(pipeline, student, method.name, seed)
-
-
 def _test_rows(pipeline: Pipeline, cache: Cache) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
     target = pipeline.task.target
     if target not in cache.samples.targets:
         raise ConfigError(f"task.target: the source has no target {target!r}; it has {sorted(cache.samples.targets)}")
-    rows = cache.samples.rows("test")
-    rows = rows[is_labelled(cache.samples.targets[target][rows])]
+    rows = cache.samples.labelled_rows("test", target)
     if not len(rows):
         raise ConfigError("the source has no labelled 'test' rows; students and teachers are scored on them")
     return rows, cache.samples.targets[target][rows]

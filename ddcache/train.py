@@ -189,6 +189,22 @@ def select_runs(pipeline: Pipeline, students: Sequence[str], methods: Sequence[s
     ]
 
 
+def finished_runs(pipeline: Pipeline, cache: Cache) -> dict[tuple[str, str, int], RunRecord]:
+    """Return (student, method, seed) -> record of every run of a pipeline.
+
+    Raises:
+        TrainError: a run is not finished, or was trained from other features or settings than there are now.
+    """
+    runs = {}
+    for one in select_runs(pipeline, (), (), ()):
+        folder = run_folder(pipeline, one.student, one.method.name, one.seed)
+        record = read_run(folder)
+        if record.identity != _identity(pipeline, cache, one):
+            raise TrainError(f"{folder} was trained from other features or settings; run ddcache train")
+        runs[one.student, one.method.name, one.seed] = record
+    return runs
+
+
 def run_folder(pipeline: Pipeline, student: str, method: str, seed: int) -> Path:
     """Return the folder of a run; `:` in a method's name becomes `-`."""
     return pipeline.runs / student / method.replace(":", "-") / f"seed-{seed}"

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from ddcache import evaluate as evaluate_module
 from ddcache.cache.reader import Cache
 from ddcache.errors import ConfigError, TrainError
 from ddcache.evaluate import Evaluation, evaluate_students
@@ -297,6 +296,6 @@ def test_a_foundation_without_output_has_no_gap_and_says_why(make: Callable[...,
 
 
 def test_without_labelled_test_rows_evaluate_says_so(trained: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate_module, "is_labelled", lambda target: np.zeros(len(target), dtype=bool))
+    monkeypatch.setattr("ddcache.cache.samples.is_labelled", lambda target: np.zeros(len(target), dtype=bool))
     with pytest.raises(ConfigError, match="no labelled 'test' rows"):
         evaluate_students(trained)

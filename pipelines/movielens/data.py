@@ -13,7 +13,8 @@ USERS, ITEMS = 943, 1682
 RATINGS = 100_000
 WHERE = (
     "MovieLens-100K is at https://grouplens.org/datasets/movielens/100k/ (GroupLens, University of Minnesota; research "
-    "use, no redistribution). Unpack it and name the folder: --set source.args.root=FOLDER --set prepare.args.root=FOLDER"
+    "use, no redistribution). Unpack it and name the folder: --set source.args.root=FOLDER "
+    "--set prepare.args.root=FOLDER"
 )
 
 Ints = npt.NDArray[np.int64]

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from pipelines import weights as stored
 from pipelines.movielens.teachers import (
     HEAD,
+    ITEM_ROWS,
     MINILM_SHA256,
     TEXTS,
+    USER_ROWS,
     FactorisationTeacher,
     History,
-    I,
     PairHead,
     TwoTowerTeacher,
-    U,
     load_minilm,
     tokenize,
 )
@@ -213,7 +213,7 @@ def sample_bmf(
     """
     mean = rating.mean()
     residual = (rating - mean).double()
-    users, items = 0.1 * torch.randn(U, dim).double(), 0.1 * torch.randn(I, dim).double()
+    users, items = 0.1 * torch.randn(USER_ROWS, dim).double(), 0.1 * torch.randn(ITEM_ROWS, dim).double()
     users[:, 0], items[:, 1] = 1.0, 1.0
     module = FactorisationTeacher(kept, dim)
     module.mean = mean

