@@ -31,7 +31,7 @@ def state(folder: Path) -> dict[str, tuple[int, str]]:
     found = {}
     for path in folder.glob("*"):
         with safe_open(path, framework="pt") as file:
-            found[path.name] = (path.stat().st_mtime_ns, file.metadata()["digest"])
+            found[path.name] = (path.stat().st_mtime_ns, file.metadata()["made_from"])
     return found
 
 

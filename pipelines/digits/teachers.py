@@ -5,11 +5,8 @@ Shape legend: B batch, T tokens, D width, C channels.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
-import os
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,11 +15,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddcache import Source, TeacherError
+from pipelines import weights as stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -188,46 +184,27 @@ def prepare(source: Source, weights: str, seed: int = 0, epochs: int | None = No
         seed: of initial weights, order, dropout and distortions.
         epochs: instead of each recipe's own, for a quick try.
     """
-    folder = Path(weights)
-    folder.mkdir(parents=True, exist_ok=True)
     data = {"samples": source.samples.digests(), "inputs": source.digests()}
     for name, (build, recipe) in TEACHERS.items():
         recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
-        facts = json.dumps({**data, "recipe": asdict(recipe), "seed": seed}, sort_keys=True)
-        digest = hashlib.sha256(facts.encode()).hexdigest()
-        path = folder / f"{name}.safetensors"
-        if _digest_of(path) == digest:
+        made_from = stored.digest({**data, "recipe": asdict(recipe), "seed": seed})
+        path = Path(weights) / f"{name}.safetensors"
+        if stored.is_made_from(path, made_from):
             continue
         begun = time.perf_counter()
-        module = _train(build, source, recipe, seed)
-        unfinished = path.with_suffix(f".tmp-{os.getpid()}")
-        save_file(module.state_dict(), unfinished, metadata={"digest": digest})
-        unfinished.replace(path)
+        stored.save(_train(build, source, recipe, seed).state_dict(), path, made_from)
         _log.info("digits: trained teacher %s in %.1f s", name, time.perf_counter() - begun)
 
 
 def _load(name: str, path: Path) -> nn.Module:
     module = TEACHERS[name][0]()
     try:
-        module.load_state_dict(load_file(path))
-    except FileNotFoundError as error:
-        raise TeacherError(
-            f"digits: {path} is missing; ddcache run and ddcache extract train the teachers by the pipeline's prepare"
-        ) from error
-    except (OSError, SafetensorError, RuntimeError) as error:
+        module.load_state_dict(stored.load(path))
+    except RuntimeError as error:
         raise TeacherError(
             f"digits: {path} does not hold the weights of {name}: {error}; remove it and run ddcache extract"
         ) from error
     return module
-
-
-def _digest_of(path: Path) -> str | None:
-    """Return what a weights file was trained from; None where there is none, or it can't be read."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("digest")
-    except (OSError, SafetensorError):
-        return None
 
 
 def _train(build: Callable[[], nn.Module], source: Source, recipe: Recipe, seed: int) -> nn.Module:
