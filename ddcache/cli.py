@@ -53,8 +53,11 @@ def main() -> None:
         err.print("\nInterrupted. What was committed stays; the same command goes on from there.")
         sys.exit(130)
     except DdcacheError as error:
-        err.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        _print_error(error)
         sys.exit(error.exit_code)
+    except OSError as error:  # a folder that can't be written, a disk that is full
+        _print_error(error)
+        sys.exit(1)
 
 
 def _pipeline_command(function: F) -> F:
@@ -98,7 +101,10 @@ def _log_to_stderr(pipeline: Pipeline) -> None:
 @cli.command()
 @_pipeline_command
 def plan(pipeline: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Tell what extract would take: forward passes, bytes, disk, time. Runs two batches a teacher, writes nothing."""
+    """Tell what extract would take: forward passes, bytes, disk, time.
+
+    Prepares the teachers if that is not done, and runs two batches of each; writes no cache.
+    """
     checked = _load(pipeline, overrides)
     from ddcache.extract import prepare
     from ddcache.plan import plan_extraction
@@ -273,6 +279,10 @@ def _escape(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
+
+
+def _print_error(error: Exception) -> None:
+    err.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
 
 
 def _print_json(value: Any) -> None:

@@ -118,6 +118,13 @@ def test_usage_errors_exit_2(call: Call, tmp_path: Path) -> None:
     assert call("info", tmp_path)[0] == 1
 
 
+def test_a_folder_that_cannot_be_made_is_one_message(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for field in ("cache", "runs"):
+        code, _, err = call("run", write_pipeline(tmp_path, **{field: str(tmp_path / "file" / "below")}))
+        assert (code, err.count("error:"), "Traceback" in err) == (1, 1, False)
+
+
 def test_set_overrides_a_field(call: Call, tmp_path: Path) -> None:
     path = write_pipeline(tmp_path)
     code, out, _ = call("plan", path, "--set", "source.args.n=80", "--json")

@@ -242,8 +242,8 @@ class FactorisationTeacher(nn.Module):
 
     def __init__(self, samples: int, dim: int) -> None:
         super().__init__()
-        self.register_buffer("user", torch.zeros(samples, USER_ROWS, dim))
-        self.register_buffer("item", torch.zeros(samples, ITEM_ROWS, dim))
+        self.user = nn.Parameter(torch.zeros(samples, USER_ROWS, dim), requires_grad=False)
+        self.item = nn.Parameter(torch.zeros(samples, ITEM_ROWS, dim), requires_grad=False)
         self.register_buffer("mean", torch.zeros(()))
         self.features = nn.Identity()
         self.output = nn.Identity()
