@@ -147,11 +147,17 @@ def train_head(content: Tensor, user: Tensor, item: Tensor, rating: Tensor, epoc
     content[1:] = (content[1:] - content[1:].mean(0)) / (content[1:].std(0) + 1e-3)
     trainer = HeadTrainer(content)
 
-    def loss(some: Tensor, held: Tensor) -> Tensor:
-        trainer.fill(user[~held], item[~held], rating[~held])
+    kept = torch.ones(len(user), dtype=torch.bool)
+
+    def hold_out(held: Tensor) -> None:
+        nonlocal kept
+        kept = ~held
+
+    def loss(some: Tensor) -> Tensor:
+        trainer.fill(user[kept], item[kept], rating[kept])  # again for every batch: it is part of the graph
         return (trainer.head(user[some], item[some]) - rating[some]).square().mean()
 
-    _descend(trainer, loss, len(user), epochs, lr=3e-3, weight_decay=0.01)
+    _descend(trainer, hold_out, loss, len(user), epochs, lr=3e-3, weight_decay=0.01)
     trainer.eval()
     with torch.no_grad():
         trainer.fill(user, item, rating)
@@ -162,20 +168,21 @@ def train_twotower(user: Tensor, item: Tensor, rating: Tensor, epochs: int) -> T
     """Train the expert with history; as for the head, a rating is predicted from a history without it."""
     module = TwoTowerTeacher()
 
-    def loss(some: Tensor, held: Tensor) -> Tensor:
-        if held is not module.__dict__.get("held"):  # the histories change once a tenth, not once a batch
-            module.fill(user[~held], item[~held], rating[~held])
-            module.__dict__["held"] = held
+    def hold_out(held: Tensor) -> None:
+        module.fill(user[~held], item[~held], rating[~held])
+
+    def loss(some: Tensor) -> Tensor:
         return (module(user[some], item[some]) - rating[some]).square().mean()
 
-    _descend(module, loss, len(user), epochs, lr=5e-3, weight_decay=1.0)
+    _descend(module, hold_out, loss, len(user), epochs, lr=5e-3, weight_decay=1.0)
     module.fill(user, item, rating)
     return module.eval()
 
 
 def _descend(
     module: nn.Module,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    hold_out: Callable[[Tensor], None],
+    loss: Callable[[Tensor], Tensor],
     count: int,
     epochs: int,
     *,
@@ -183,7 +190,7 @@ def _descend(
     weight_decay: float,
     batch_size: int = 1024,
 ) -> None:
-    """AdamW with one cycle; each epoch cuts the ratings into tenths, and `loss` learns which tenth a batch is of."""
+    """AdamW with one cycle; an epoch goes through tenths of the ratings, each held out while its batches are fitted."""
     module.train()
     optimiser = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay)
     tenths = np.array_split(np.arange(count), 10)
@@ -195,8 +202,9 @@ def _descend(
             rows = order[torch.from_numpy(tenth)]
             held = torch.zeros(count, dtype=torch.bool)
             held[rows] = True
+            hold_out(held)
             for some in rows.split(batch_size):
-                value = loss(some, held)
+                value = loss(some)
                 optimiser.zero_grad(set_to_none=True)
                 value.backward()
                 optimiser.step()
@@ -208,8 +216,8 @@ def sample_bmf(
 ) -> FactorisationTeacher:
     """Sample the posterior of a matrix factorisation by Gibbs sampling (Salakhutdinov & Mnih 2008).
 
-    The last component of the films' vectors pairs with a user's bias and the one before with a film's, by starting
-    there at one; all components are then sampled alike. `noise` is the variance of a rating.
+    One component starts at one for every user, another for every film, so that the other side's can become a bias
+    from the first sweep on; all components are sampled alike. `noise` is the variance of a rating.
     """
     mean = rating.mean()
     residual = (rating - mean).double()
@@ -250,7 +258,7 @@ def _sample_prior(own: Tensor) -> tuple[Tensor, Tensor]:
     # Bartlett: with L Lᵀ the inverse of the scatter, L A (L A)ᵀ is Wishart if A is lower triangular, its squared
     # diagonal chi-squared and the rest normal.
     bartlett = torch.randn(dim, dim).double().tril(-1)
-    bartlett += torch.diag(2 * torch._standard_gamma((nu + count - torch.arange(dim)).double() / 2)).sqrt()
+    bartlett += torch.diag(torch.distributions.Chi2((nu + count - torch.arange(dim)).double()).sample().sqrt())
     factor = torch.linalg.cholesky(torch.linalg.inv(scatter)) @ bartlett
     precision = factor @ factor.T
     spread = torch.linalg.cholesky(torch.linalg.inv((beta + count) * precision))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from pipelines.movielens.data import ITEMS, USERS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tokenizers import Tokenizer
     from transformers import BertModel
 
 USER_ROWS, ITEM_ROWS = USERS + 1, ITEMS + 1
@@ -66,14 +68,19 @@ def load_minilm() -> BertModel:
     return model.eval()
 
 
-def tokenize(texts: list[str]) -> dict[str, Tensor]:
-    """Return `input_ids` and `attention_mask`, (B, T) int64, of texts cut at 128 tokens and padded to the longest."""
+@cache  # called for every batch, and the check behind it reads all 91 MB of MiniLM
+def _tokenizer() -> Tokenizer:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))
     tokenizer.enable_truncation(MOST_TOKENS)
     tokenizer.enable_padding()
-    encoded = tokenizer.encode_batch(texts)
+    return tokenizer
+
+
+def tokenize(texts: list[str]) -> dict[str, Tensor]:
+    """Return `input_ids` and `attention_mask`, (B, T) int64, of texts cut at 128 tokens and padded to the longest."""
+    encoded = _tokenizer().encode_batch(texts)
     return {
         "input_ids": torch.tensor([e.ids for e in encoded]),
         "attention_mask": torch.tensor([e.attention_mask for e in encoded]),
@@ -99,10 +106,8 @@ class History:
     def of(cls, user: Tensor, item: Tensor, rating: Tensor) -> History:
         """Gather it from ratings, (n,) each."""
         mean = rating.mean()
-        count_U, count_I = (
-            torch.bincount(user, minlength=USER_ROWS).float(),
-            torch.bincount(item, minlength=ITEM_ROWS).float(),
-        )
+        count_U = torch.bincount(user, minlength=USER_ROWS).float()
+        count_I = torch.bincount(item, minlength=ITEM_ROWS).float()
         bias_I = torch.zeros(ITEM_ROWS).index_add(0, item, rating - mean) / (count_I + DAMPING)
         bias_U = torch.zeros(USER_ROWS).index_add(0, user, rating - mean - bias_I[item]) / (count_U + DAMPING)
         residual = rating - mean - bias_I[item] - bias_U[user]
