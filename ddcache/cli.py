@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
 from ddcache.errors import DdcacheError
 from ddcache.progress import Bars
@@ -262,9 +263,7 @@ def _array_cells(array: dict[str, Any]) -> tuple[str, ...]:
     return shape, array["dtype"], keyed_by, array["shards"], f"{array['nbytes'] / 1e6:,.1f}"
 
 
-def _right(name: str) -> Any:
-    from rich.table import Column
-
+def _right(name: str) -> Column:
     return Column(name, justify="right")
 
 
@@ -274,15 +273,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _escape(text: str) -> str:
-    """Keep rich from reading a message's brackets as mark-up."""
-    from rich.markup import escape
-
-    return escape(text)
-
-
 def _print_error(error: Exception) -> None:
-    err.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+    err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
 
 
 def _print_json(value: Any) -> None:

@@ -7,8 +7,8 @@ Shape legend: n test rows, S seeds.
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import statistics as python_statistics
 import time
 from dataclasses import asdict, dataclass
@@ -21,8 +21,9 @@ import torch
 from safetensors import SafetensorError
 
 from ddcache.cache.reader import Cache
-from ddcache.cache.samples import SPLITS, is_labelled
+from ddcache.cache.samples import SPLITS
 from ddcache.errors import ConfigError, TrainError
+from ddcache.files import write_whole
 from ddcache.statistics import (
     METRICS,
     RESAMPLES,
@@ -349,7 +350,7 @@ def _latency_ms(module: nn.Module, inputs: Mapping[str, Tensor]) -> float:
 
 
 def _saved_passes(pipeline: Pipeline, cache: Cache, runs: Mapping[tuple[str, str, int], RunRecord]) -> int:
-    labelled = int(is_labelled(cache.samples.targets[pipeline.task.target][cache.samples.rows("train")]).sum())
+    labelled = len(cache.samples.labelled_rows("train", pipeline.task.target))
     asked = {
         method.name: 0 if method.name == ALONE else 1 if ":" in method.name else len(pipeline.teachers)
         for method in pipeline.methods
@@ -375,8 +376,7 @@ def _write(evaluation: Evaluation, folder: Path) -> None:
             for run in score.runs
         ]
     )
-    unfinished = folder / f".evaluation.tmp-{os.getpid()}"
-    pq.write_table(table, unfinished)
-    unfinished.replace(folder / "evaluation.parquet")
-    unfinished.write_text(json.dumps(evaluation.to_json(), indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(folder / "evaluation.json")
+    parquet = io.BytesIO()
+    pq.write_table(table, parquet)
+    write_whole(folder / "evaluation.parquet", parquet.getvalue())
+    write_whole(folder / "evaluation.json", (json.dumps(evaluation.to_json(), indent=1) + "\n").encode())

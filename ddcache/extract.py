@@ -39,11 +39,13 @@ if TYPE_CHECKING:
 
 PREFETCH = 2
 """Batches that are read and preprocessed ahead of the forward pass."""
+PENDING_COMMITS = 4
+"""Blocks, each a shard of one tap, that may wait for the disk."""
 
 
 @dataclass
 class ExtractReport:
-    """What one call of `extract` did.
+    """What one call of `extract_features` did.
 
     Attributes:
         seconds: wall time.
@@ -68,6 +70,16 @@ class Pass:
     taps: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What every step of one extraction works with."""
+
+    writer: CacheWriter
+    source: Source
+    report: ExtractReport
+    report_to: Reporter
+
+
 def extract_features(
     pipeline: Pipeline, *, rebuild: Sequence[str] = (), source: Source | None = None, report_to: Reporter | None = None
 ) -> ExtractReport:
@@ -88,7 +100,6 @@ def extract_features(
         CacheError: the cache can't be written, or another process is writing it.
     """
     begun = time.perf_counter()
-    report_to = report_to or Silent()
     report = ExtractReport(forward_passes=dict.fromkeys(pipeline.teachers, 0))
     source = source or load_source(pipeline)
     if unknown := sorted(set(rebuild) - set(pipeline.teachers)):
@@ -98,13 +109,15 @@ def extract_features(
     fingerprints = {name: inspect_teacher(name, config, source.samples) for name, config in pipeline.teachers.items()}
     with open_writer(pipeline.cache) as writer:
         writer.begin(source.samples, source.digests())
-        for name in rebuild:
+        for name, config in pipeline.teachers.items():
+            if name not in rebuild:
+                check_teacher(writer, name, config, fingerprints[name])
+        for name in rebuild:  # only now: a refusal must leave everything as it was
             writer.delete_group(group_of_teacher(name))
+        job = _Job(writer, source, report, report_to or Silent())
+        _write_inputs(job)
         for name, config in pipeline.teachers.items():
-            check_teacher(writer, name, config, fingerprints[name])
-        _write_inputs(writer, source, report, report_to)
-        for name, config in pipeline.teachers.items():
-            _extract_teacher(writer, source, name, config, fingerprints[name], report, report_to)
+            _extract_teacher(job, name, config, fingerprints[name])
     report.seconds = time.perf_counter() - begun
     return report
 
@@ -186,22 +199,14 @@ def passes_of(config: TeacherConfig, samples: Samples) -> list[Pass]:
     return [Pass(row_domain(samples, key), tuple(t for t in config.taps if config.key_of(t) == key)) for key in keys]
 
 
-def _extract_teacher(
-    writer: CacheWriter,
-    source: Source,
-    name: str,
-    config: TeacherConfig,
-    found: dict[str, Any],
-    report: ExtractReport,
-    report_to: Reporter,
-) -> None:
+def _extract_teacher(job: _Job, name: str, config: TeacherConfig, found: dict[str, Any]) -> None:
     """Commit what is missing of one teacher; load it only if something is."""
     key = group_of_teacher(name)
-    group = writer.open_group(key, found["fingerprint"], found["facts"])
-    passes = passes_of(config, source.samples)
-    if all(not missing_shards(writer, key, group, p.taps, report) for p in passes):
+    group = job.writer.open_group(key, found["fingerprint"], found["facts"])
+    passes = passes_of(config, job.source.samples)
+    if all(not missing_shards(job.writer, key, group, p.taps, job.report) for p in passes):
         if group.state != "complete":
-            writer.finish(key)
+            job.writer.finish(key)
         return
     teacher = load_teacher(name, config)
     require_same(
@@ -211,9 +216,9 @@ def _extract_teacher(
         "load fixed weights there, or seed their initialisation",
     )
     for one in passes:
-        group = _create_arrays(writer, key, group, teacher, source, one, report)
-        _run_pass(writer, key, group, teacher, source, one, report, report_to)
-    writer.finish(key)
+        group = _create_arrays(job, key, group, teacher, one)
+        _run_pass(job, key, group, teacher, one)
+    job.writer.finish(key)
 
 
 def missing_shards(
@@ -234,42 +239,29 @@ def missing_shards(
     return dict(sorted(missing.items()))
 
 
-def _create_arrays(
-    writer: CacheWriter,
-    key: str,
-    group: GroupRecord,
-    teacher: Teacher,
-    source: Source,
-    one: Pass,
-    report: ExtractReport,
-) -> GroupRecord:
+def _create_arrays(job: _Job, key: str, group: GroupRecord, teacher: Teacher, one: Pass) -> GroupRecord:
     """Create the arrays of a pass that are not there; their shapes come from a forward pass of two samples."""
-    new = [tap for tap in one.taps if tap not in group.arrays]
-    if new:
+    if new := [tap for tap in one.taps if tap not in group.arrays]:
         rows = one.domain.representatives[:2]
-        inputs = teacher.inputs(source.read(rows), one.domain.keyed_by)
+        inputs = teacher.inputs(job.source.read(rows), one.domain.keyed_by)
         features = teacher.features(inputs, new, len(rows))
-        report.forward_passes[teacher.name] += len(rows)
+        job.report.forward_passes[teacher.name] += len(rows)
         shapes = {tap: (1, *value.shape[1:]) for tap, value in features.items()}
         shard_rows = rows_a_shard(teacher.config, group, one, shapes)
-        writer.create_arrays(
-            key,
-            {
-                tap: ArraySpec(
-                    shapes[tap],
-                    teacher.config.taps[tap].dtype,
-                    shard_rows,
-                    one.domain,
-                    tap_fingerprint(teacher.config, tap),
-                )
-                for tap in new
-            },
-        )
+        specs = {
+            tap: ArraySpec(
+                shapes[tap],
+                teacher.config.taps[tap].dtype,
+                shard_rows,
+                one.domain,
+                tap_fingerprint(teacher.config, tap),
+            )
+            for tap in new
+        }
+        group = job.writer.create_arrays(key, specs)
     if one.domain.row_map is not None:
-        _write_row_map(writer, key, one.domain)
-    updated = writer.group(key)
-    assert updated is not None
-    return updated
+        group = _write_row_map(job.writer, key, group, one.domain.name, one.domain.row_map)
+    return group
 
 
 def rows_a_shard(config: TeacherConfig, group: GroupRecord, one: Pass, shapes: dict[str, tuple[int, ...]]) -> int:
@@ -283,41 +275,27 @@ def rows_a_shard(config: TeacherConfig, group: GroupRecord, one: Pass, shapes: d
     return choose_shard_rows(rows, row_bytes, config.batch_size)
 
 
-def _write_row_map(writer: CacheWriter, key: str, domain: RowDomain) -> None:
-    name = f"rows/{domain.name}"
-    group = writer.group(key)
-    assert group is not None
-    assert domain.row_map is not None
+def _write_row_map(writer: CacheWriter, key: str, group: GroupRecord, domain: str, row_map: Rows) -> GroupRecord:
+    name = f"rows/{domain}"
     if name not in group.arrays:
-        every = RowDomain((), np.arange(len(domain.row_map)), None)
-        spec = ArraySpec((), "int64", max(1, len(domain.row_map)), every, {})
-        writer.create_arrays(key, {name: spec})
-        group = writer.group(key)
-        assert group is not None
+        every = RowDomain((), np.arange(len(row_map)), None)
+        group = writer.create_arrays(key, {name: ArraySpec((), "int64", max(1, len(row_map)), every, {})})
     if not writer.committed(key, name, group.arrays[name]):
-        writer.commit(key, name, group.arrays[name], 0, domain.row_map)
+        writer.commit(key, name, group.arrays[name], 0, row_map)
+    return group
 
 
-def _run_pass(
-    writer: CacheWriter,
-    key: str,
-    group: GroupRecord,
-    teacher: Teacher,
-    source: Source,
-    one: Pass,
-    report: ExtractReport,
-    report_to: Reporter,
-) -> None:
+def _run_pass(job: _Job, key: str, group: GroupRecord, teacher: Teacher, one: Pass) -> None:
     """Compute and commit every missing shard of a pass."""
-    missing = missing_shards(writer, key, group, one.taps)
+    missing = missing_shards(job.writer, key, group, one.taps)
     any_record = group.arrays[one.taps[0]]
     todo = sum(stop - start for start, stop in (shard_range(any_record, shard) for shard in missing))
     what = f"{teacher.name} by {'+'.join(one.domain.keyed_by)}" if one.domain.keyed_by else teacher.name
-    with report_to.track(what, todo) as advance, _background_commits(writer, key, report) as commit:
+    with job.report_to.track(what, todo) as advance, _background_commits(job, key) as commit:
         for shard, taps in missing.items():
             start, stop = shard_range(any_record, shard)
-            blocks = _compute(teacher, source, one.domain, taps, group.arrays, start, stop, advance)
-            report.forward_passes[teacher.name] += stop - start
+            blocks = _compute(teacher, job.source, one.domain, taps, group.arrays, start, stop, advance)
+            job.report.forward_passes[teacher.name] += stop - start
             for tap, block in blocks.items():
                 commit(tap, group.arrays[tap], shard, block)
 
@@ -389,8 +367,9 @@ def encode(value: Tensor, out: npt.NDArray[Any], keys: npt.NDArray[Any], where: 
     raise TeacherError(f"{where}: the teacher gave NaN or infinity at sample {keys[sample]!s}")
 
 
-def _write_inputs(writer: CacheWriter, source: Source, report: ExtractReport, report_to: Reporter) -> None:
+def _write_inputs(job: _Job) -> None:
     """Keep the student's inputs beside the features, so that training reads one store."""
+    writer, source = job.writer, job.source
     group = writer.open_group(INPUTS, {}, {})
     rows = np.arange(len(source.samples), dtype=np.int64)
     if not group.arrays:
@@ -402,16 +381,10 @@ def _write_inputs(writer: CacheWriter, source: Source, report: ExtractReport, re
             name: ArraySpec(tuple(tensor.shape[1:]), tensor.numpy().dtype.name, shard_rows, domain, {})
             for name, tensor in first.items()
         }
-        writer.create_arrays(INPUTS, specs)
-        created = writer.group(INPUTS)
-        assert created is not None
-        group = created
-    missing = missing_shards(writer, INPUTS, group, list(group.arrays), report)
+        group = writer.create_arrays(INPUTS, specs)
+    missing = missing_shards(writer, INPUTS, group, list(group.arrays), job.report)
     any_record = next(iter(group.arrays.values()))
-    with (
-        report_to.track("inputs", len(missing)) as advance,
-        _background_commits(writer, INPUTS, report) as commit,
-    ):
+    with job.report_to.track("inputs", len(missing)) as advance, _background_commits(job, INPUTS) as commit:
         for shard, names in missing.items():
             start, stop = shard_range(any_record, shard)
             tensors = source.read(rows[start:stop])
@@ -426,21 +399,21 @@ Commit = Callable[[str, ArrayRecord, int, npt.NDArray[Any]], None]
 
 
 @contextlib.contextmanager
-def _background_commits(writer: CacheWriter, key: str, report: ExtractReport) -> Iterator[Commit]:
+def _background_commits(job: _Job, key: str) -> Iterator[Commit]:
     """Commit on another thread, so that the forward pass doesn't wait for the disk.
 
-    A queue of the shards of one pass at most waits; leaving the block waits for all of them.
+    At most `PENDING_COMMITS` blocks wait, which bounds the memory; leaving the block waits for all of them.
     """
     pending: deque[Future[None]] = deque()
 
     with ThreadPoolExecutor(1, thread_name_prefix="ddcache-commit") as pool:
 
         def commit(name: str, record: ArrayRecord, shard: int, block: npt.NDArray[Any]) -> None:
-            while len(pending) >= 4:
+            while len(pending) >= PENDING_COMMITS:
                 pending.popleft().result()
-            pending.append(pool.submit(writer.commit, key, name, record, shard, block))
-            report.shards_written += 1
-            report.nbytes += block.nbytes
+            pending.append(pool.submit(job.writer.commit, key, name, record, shard, block))
+            job.report.shards_written += 1
+            job.report.nbytes += block.nbytes
 
         yield commit
         while pending:

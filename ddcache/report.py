@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ddcache.evaluate import ALONE, LATENCY_BATCH, LATENCY_REPEATS
+from ddcache.files import write_whole
 from ddcache.statistics import METRICS
 
 if TYPE_CHECKING:
@@ -58,11 +58,7 @@ def write_report(evaluation: Evaluation, path: str | Path, *, pipeline_file: str
         latency_repeats=LATENCY_REPEATS,
         dash=DASH,
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    unfinished.write_text(page, encoding="utf-8")
-    return unfinished.replace(path)
+    return write_whole(Path(path), page.encode())
 
 
 def print_table(evaluation: Evaluation, console: Console) -> None:

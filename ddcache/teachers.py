@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ddcache.errors import ConfigError, TeacherError
+from ddcache.errors import ConfigError, DdcacheError, TeacherError
 
 if TYPE_CHECKING:
     from ddcache.config import Factory, TapConfig, TeacherConfig
@@ -157,9 +157,9 @@ def call_factory(factory: Factory, where: str, error_type: type[Exception], **ex
     function = factory.load(where, **extra)
     try:
         return function(**extra, **factory.args)
+    except DdcacheError:
+        raise
     except Exception as error:
-        if hasattr(error, "exit_code"):
-            raise
         raise error_type(f"{where}: {factory.factory} raised {type(error).__name__}: {error}") from error
 
 

@@ -30,6 +30,7 @@ from ddcache.distill import (
     parse_method,
 )
 from ddcache.errors import ConfigError, TrainError
+from ddcache.files import write_whole
 from ddcache.loading import Batch, FeatureLoader
 from ddcache.progress import Reporter, Silent
 from ddcache.statistics import METRICS, metric_value
@@ -93,7 +94,7 @@ class Run:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What one call of `train` did.
+    """What one call of `train_students` did.
 
     Attributes:
         runs: every run asked for, in order.
@@ -161,8 +162,7 @@ def check_training(pipeline: Pipeline) -> None:
     ]
     with torch.random.fork_rng():
         for method in pipeline.methods:
-            task = Task(pipeline.task.kind, pipeline.task.target, pipeline.task.temperature)
-            build_distiller(method.name, method.settings, 1, teachers, task)
+            build_distiller(method.name, method.settings, 1, teachers, _task(pipeline))
         for name, config in pipeline.students.items():
             StudentHooks(name, config, load_student(name, config))
 
@@ -241,6 +241,10 @@ def teacher_specs(cache: Cache, teachers: Sequence[str]) -> list[TeacherSpec]:
     ]
 
 
+def _task(pipeline: Pipeline) -> Task:
+    return Task(pipeline.task.kind, pipeline.task.target, pipeline.task.temperature)
+
+
 def _tap_spec(cache: Cache, teacher: str, tap: str) -> TapSpec:
     shape = cache.tap(teacher, tap).record.item_shape[1:]
     statistics = cache.statistics(teacher, tap)
@@ -270,7 +274,7 @@ def _train_run(
             one.method.settings,
             hidden_dim,
             teacher_specs(cache, list(pipeline.teachers)),
-            Task(pipeline.task.kind, pipeline.task.target, pipeline.task.temperature),
+            _task(pipeline),
         ).to(device)
         loader = FeatureLoader(
             cache,
@@ -310,9 +314,7 @@ def _train_run(
         seconds=result.seconds,
         loader_seconds=result.loader_seconds,
     )
-    unfinished = folder / "run.json.tmp"
-    unfinished.write_text(record.model_dump_json(indent=1), encoding="utf-8")
-    unfinished.replace(folder / "run.json")
+    write_whole(folder / "run.json", record.model_dump_json(indent=1).encode())
     return record
 
 

@@ -162,6 +162,15 @@ def test_rebuild_extracts_one_teacher_anew_and_keeps_the_others(make: Make) -> N
         extract_features(make(), rebuild=["bgi"])
 
 
+def test_a_refusal_beside_a_rebuild_deletes_nothing(make: Make) -> None:
+    pipeline = make()
+    extract_features(pipeline)
+    before = file_digests(pipeline.cache)
+    with pytest.raises(StaleCacheError, match="teacher 'big'"):
+        extract_features(make(teachers__big__args={"seed": 1}), rebuild=["groups"])
+    assert file_digests(pipeline.cache) == before
+
+
 def test_adding_a_tap_or_teacher_leaves_committed_files_alone(make: Make) -> None:
     teachers = tiny.pipeline(make().cache.parent)["teachers"]
     big = teachers["big"]

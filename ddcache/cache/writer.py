@@ -102,28 +102,15 @@ class CacheWriter:
         return record
 
     def open_group(self, key: str, fingerprint: Mapping[str, Any], facts: Mapping[str, Any]) -> GroupRecord:
-        """Create a group, or check that the one there has this fingerprint.
-
-        Raises:
-            StaleCacheError: it has another; the table of differences is in the message.
-        """
+        """Return the record of a group, which is created if there is none; the caller has compared fingerprints."""
         record = self.group(key)
-        wanted = as_json(fingerprint)
         if record is None:
-            record = GroupRecord(state="partial", fingerprint=wanted, facts=as_json(facts), arrays={})
+            record = GroupRecord(state="partial", fingerprint=as_json(fingerprint), facts=as_json(facts), arrays={})
             self._put_group(key, record)
-            return record
-        name = key.rpartition("/")[2]
-        require_same(
-            record.fingerprint,
-            wanted,
-            f"the cached features of {name!r} in {self.store.name} were made from something else",
-            f"extract it anew with --rebuild {name}, or use another cache",
-        )
         return record
 
-    def create_arrays(self, group: str, specs: Mapping[str, ArraySpec]) -> None:
-        """Add arrays to a group that doesn't have them; none of their rows is committed yet."""
+    def create_arrays(self, group: str, specs: Mapping[str, ArraySpec]) -> GroupRecord:
+        """Add arrays to a group that doesn't have them, none of their rows committed yet; return its new record."""
         record = self.group(group)
         assert record is not None
         arrays = dict(record.arrays)
@@ -146,7 +133,9 @@ class CacheWriter:
                 fingerprint=as_json(spec.fingerprint),
                 metadata_crc32c=crc32c(document),
             )
-        self._put_group(group, record.model_copy(update={"arrays": arrays, "state": "partial"}))
+        record = record.model_copy(update={"arrays": arrays, "state": "partial"})
+        self._put_group(group, record)
+        return record
 
     def committed(self, group: str, name: str, record: ArrayRecord) -> dict[int, ShardRecord]:
         """Return the committed shards of an array; one whose chunk is gone or cut short doesn't count."""
