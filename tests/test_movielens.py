@@ -179,6 +179,16 @@ def test_every_teacher_rates_pairs_and_gives_its_features(tiny_root: Path, tmp_p
         assert module.eval()(user_id=user, item_id=item).tolist() == rating.tolist()
 
 
+def test_the_same_seed_fits_the_same_rating_head() -> None:
+    user, item, rating = experts.labelled(some_ratings(0))
+    content = torch.randn(ITEMS + 1, 20, generator=torch.Generator().manual_seed(0))
+    states = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        states.append(experts.train_head(content, user.repeat(4), item.repeat(4), rating.repeat(4), 2).state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
 def test_gibbs_sampling_recovers_a_low_rank_matrix() -> None:
     torch.manual_seed(0)
     user, item = torch.randint(1, 60, (3000,)), torch.randint(1, 60, (3000,))

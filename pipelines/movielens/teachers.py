@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ddcache import FrozenModel, TeacherError
 from pipelines import weights as stored
@@ -135,7 +136,8 @@ class PairHead(nn.Module):
 
     def forward(self, user_id: Tensor, item_id: Tensor) -> Tensor:
         """Return ratings (B,)."""
-        user_BD, item_BD = self.user[user_id], self.item[item_id]
+        # Not self.user[user_id]: the backward pass of indexing adds up in an order that changes from run to run.
+        user_BD, item_BD = F.embedding(user_id, self.user), F.embedding(item_id, self.item)
         facts = torch.cat([self.user_facts[user_id], self.item_facts[item_id]], dim=1)
         hidden = self.hidden(torch.cat([user_BD, item_BD, user_BD * item_BD, facts], dim=1))
         return self.mean + facts[:, 1] + facts[:, 3] + self.out(hidden).squeeze(-1)
